@@ -9,7 +9,7 @@ from inference.lane import ActiveRequest, Conditioning, Embedding
 from inference.models.base import Family
 from inference.models.inputs import Prompt
 
-# On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image, 15 of FLUX.1.
+# On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image, 15 of FLUX.1 and of Krea 2.
 MAX_CACHED_BYTES = 64_000_000
 # More at once would stall the lanes that are denoising.
 MAX_TEXTS_PER_PASS = 16

@@ -61,8 +61,8 @@ class Family(ABC):
     is_hidden_at_full_strength: ClassVar[bool] = True
     # Layers of the denoiser whose input is [tokens of all rows, in].
     concatenated_layers: ClassVar[tuple[str, ...]] = ()
-    # The class in diffusers of its ControlNets.
-    controlnet_class: ClassVar[str]
+    # The class in diffusers of its ControlNets; None where there are none.
+    controlnet_class: ClassVar[str | None]
     # True where the VAE is one of videos, and reads an image as the single frame of one.
     has_frames: ClassVar[bool] = False
     # The checkpoint's name for logs and status.

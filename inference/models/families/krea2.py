@@ -17,6 +17,7 @@ from inference.models.families.packed import NO_IDS, PackedFamily
 from inference.models.families.qwen_vae import QwenVaeFamily
 from inference.models.inputs import Prompt
 from inference.request import GenerationRequest
+from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
 
 # The transformer's length in training, the end of the template included.
@@ -32,7 +33,7 @@ class Krea2(QwenVaeFamily, PackedFamily):
 
     name = "krea-2"
     schedulers = FLOW
-    controlnet_class = "none"
+    controlnet_class = None
     kinds = ("text2image",)
     default_steps = 28
     default_guidance = 4.5
@@ -69,7 +70,14 @@ class Krea2(QwenVaeFamily, PackedFamily):
         texts_read = [torch.tensor([*ids, *suffix]) for ids in begun]
         ids = torch.nn.utils.rnn.pad_sequence(texts_read, batch_first=True)
         # No mask: a token attends to those before it, and padding comes after all of a text's own.
-        states = pipeline.text_encoder(input_ids=self._uploaded(ids), output_hidden_states=True).hidden_states
+        # Of three axes, as the pipeline has them: of places that it counts itself transformers would ask the device.
+        places = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        states = pipeline.text_encoder(
+            input_ids=self._uploaded(ids),
+            position_ids=self._uploaded(places),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
         chosen = torch.stack([states[layer] for layer in pipeline.text_encoder_select_layers], 2)
         return [Embedding(own[start : len(read)]) for own, read in zip(chosen, texts_read, strict=True)]
 
@@ -96,7 +104,8 @@ class Krea2(QwenVaeFamily, PackedFamily):
         predictions: torch.Tensor = self._pipeline.transformer(
             latents.flatten(1, 2),
             torch.stack(tokens),
-            times,
+            # In its pipeline's order: in 16 bits the other one rounds twice.
+            (times / TRAIN_TIMESTEPS).to(latents.dtype),
             NO_IDS,
             encoder_attention_mask=self._uploaded(torch.arange(num_text) < lengths[:, None]),
             return_dict=False,

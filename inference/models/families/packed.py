@@ -34,7 +34,7 @@ class PackedFamily(FlowFamily):
     def _predict(
         self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
     ) -> torch.Tensor:
-        """Call the transformer with latents [rows, height, width, channels] and times [rows] from 0 to 1.
+        """Call the transformer with latents [rows, height, width, channels] and times [rows], from 0 to 1000.
 
         Returns its prediction [rows, tokens, channels].
         """
@@ -59,7 +59,7 @@ class PackedFamily(FlowFamily):
         embeddings = [embedding_of(lane, is_negative=i < 2 * num_guided and i % 2 == 0) for i, lane in enumerate(rows)]
         read = {id(lane): sampler_of(lane).model_input() for lane in ordered}
         latents = torch.stack([read[id(lane)] for lane in rows]).to(transformer.dtype)
-        times = self._upload([sampler_of(lane).timestep for lane in rows]).to(transformer.dtype) / TRAIN_TIMESTEPS
+        times = self._upload([sampler_of(lane).timestep for lane in rows])
         self.bank.route([lane.owner.row for lane in rows])
         predictions = self._predict(latents, times, rows, embeddings)
         drawn = self._guided(predictions.float().view(latents.shape), ordered[:num_guided])
@@ -119,7 +119,7 @@ class FluxTransformerFamily(PackedFamily):
         predictions: torch.Tensor = self._pipeline.transformer(
             latents.flatten(1, 2),
             tokens,
-            timestep=times,
+            timestep=times.to(latents.dtype) / TRAIN_TIMESTEPS,
             img_ids=NO_IDS,
             txt_ids=NO_IDS,
             return_dict=False,

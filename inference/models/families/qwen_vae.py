@@ -1,9 +1,12 @@
 """Base of the families with Qwen-Image's VAE: one of videos, with a mean and a deviation for each channel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from inference.device.uploads import upload
+from inference.lora.adapter_memory import AdapterMemory
 from inference.models.families.flow import FlowFamily
 
 # In pixels, where no config says it.
@@ -15,19 +18,22 @@ class QwenVaeFamily(FlowFamily):
 
     has_frames = True
 
+    def __init__(
+        self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
+    ) -> None:
+        super().__init__(pipeline, models, device=device, memory=memory)
+        config = pipeline.vae.config
+        # [channels, 1, 1]
+        self._mean, self._deviation = (
+            upload(torch.tensor(values)[:, None, None], device) for values in (config.latents_mean, config.latents_std)
+        )
+
     @property
     def base_size(self) -> int:
         return int(self._pipeline.vae.config.get("sample_size", BASE_SIZE))
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
-        return latents * _by_channel(config.latents_std, latents) + _by_channel(config.latents_mean, latents)
+        return latents * self._deviation.to(latents) + self._mean.to(latents)
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
-        return (latents - _by_channel(config.latents_mean, latents)) / _by_channel(config.latents_std, latents)
-
-
-def _by_channel(values: Sequence[float], latents: torch.Tensor) -> torch.Tensor:
-    """Return the channels' values as [channels, 1, 1], for latents with or without a batch."""
-    return torch.tensor(values, dtype=latents.dtype).to(latents.device, non_blocking=True)[:, None, None]
+        return (latents - self._mean.to(latents)) / self._deviation.to(latents)

@@ -22,8 +22,9 @@ from tests.support.long import long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.flux_adapters import by_diffusers_names, random_pairs, write_pairs
 from tests.support.models.plain_families import FLOW_CHOICES, alone
+from tests.support.models.tiny_controls import write_controlnet
 from tests.support.models.tiny_krea2 import build_tiny_krea2
-from tests.support.models.tiny_models import load_pipe, write_adapter
+from tests.support.models.tiny_models import build_tiny_z_image, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -290,6 +291,13 @@ def test_another_vae_is_refused_with_one_sentence(models: Models) -> None:
 
     with pytest.raises(EngineStartFailed, match="a Krea2Pipeline is drawn with its own VAE alone: unset it"):
         WatchedEngine(checkpoint, VAE_ID=str(checkpoint / "vae"))
+
+
+def test_a_controlnet_of_another_family_is_refused(models: Models, tmp_path: Path) -> None:
+    net = write_controlnet(tmp_path / "net", load_pipe(build_tiny_z_image(tmp_path / "z-image")))
+
+    with pytest.raises(EngineStartFailed, match="holds a ZImageControlNetModel; this model takes none"):
+        WatchedEngine(models.checkpoint("raw"), CONTROLNETS=f"pose={net}")
 
 
 def test_previews_are_made_of_its_latents(models: Models) -> None:
