@@ -300,12 +300,21 @@ def test_a_controlnet_of_another_family_is_refused(models: Models, tmp_path: Pat
         WatchedEngine(models.checkpoint("raw"), CONTROLNETS=f"pose={net}")
 
 
-def test_previews_are_made_of_its_latents(models: Models) -> None:
+def test_the_first_preview_is_the_image_after_one_step_of_one(models: Models) -> None:
+    engine = models.engine("turbo")
     steps: list[Any] = []
-    draw(models.engine("raw"), tiny_request(num_inference_steps=3), steps)
+    draw(engine, tiny_request(height=96, guidance_scale=0.0), steps)
+    projection = engine.default.family.find_projection()
 
-    shown = [step.preview for step in steps if step.preview is not None]
-    assert [(one.width, one.height) for one in shown] == [(8, 8)] * 2
+    pipe = load_pipe(models.checkpoint("turbo"))
+    generator = torch.Generator().manual_seed(42)
+    fields = {"width": 64, "height": 96, "num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "latent"}
+    packed = pipe("a red fox", generator=generator, **fields).images
+
+    (preview,) = (step.preview for step in steps if step.preview is not None)
+    expected = projection(pipe._unpack_latents(packed, 96, 64)[0, :, 0])
+    shown = np.frombuffer(preview.rgb, np.uint8).reshape(preview.height, preview.width, 3)
+    assert np.abs(shown.astype(int) - expected.numpy().astype(int)).max() <= 1
 
 
 def test_latents_in_the_denoiser_s_scale_are_those_of_the_vae_again(models: Models) -> None:
