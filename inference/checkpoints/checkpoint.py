@@ -28,6 +28,7 @@ COMPONENTS = {
     "ChromaPipeline": ("text_encoder", "transformer", "vae"),
     "QwenImagePipeline": ("text_encoder", "transformer", "vae"),
     "Flux2KleinPipeline": ("text_encoder", "transformer", "vae"),
+    "Krea2Pipeline": ("text_encoder", "transformer", "vae"),
 }
 # The same models around a UNet that also reads a mask: the UNet's channels decide that, not the name.
 LOADED_AS = {

@@ -20,6 +20,7 @@ FAMILY_VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "QwenImagePipeline": {},
     "ChromaPipeline": {"vae": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}},
     "Flux2KleinPipeline": {"vae": {"sample_size": 1024}},
+    "Krea2Pipeline": {},
 }
 # Of these, every weight is needed; text encoders are published with heads that are for training.
 DENOISERS = ("unet", "transformer")

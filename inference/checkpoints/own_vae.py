@@ -35,7 +35,7 @@ CLASS_NAME = "AutoencoderKL"
 # A VAE's folder is one component of a pipeline's.
 ITSELF = "."
 WHOLE = f"{STEMS[0]}{SAFETENSORS}"
-# Of each kind of pipeline; all shrink an image by 8, with 4 blocks.
+# Of each kind of pipeline that takes another VAE; all shrink an image by 8, with 4 blocks.
 LATENT_CHANNELS = {
     "StableDiffusionPipeline": 4,
     "StableDiffusionXLPipeline": 4,

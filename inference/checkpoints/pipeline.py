@@ -42,6 +42,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     "QwenImagePipeline": {},
     "ChromaPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "Flux2KleinPipeline": {},
+    "Krea2Pipeline": {},
 }
 
 

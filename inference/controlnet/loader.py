@@ -47,12 +47,13 @@ class ControlNets:
         """Return its bytes on the device."""
         return self._files[name].num_bytes(self._dtype.itemsize)
 
-    def check(self, class_name: str, find_mismatch: FindMismatch) -> None:
+    def check(self, class_name: str | None, find_mismatch: FindMismatch) -> None:
         """Raise EngineStartFailed where one is of another class, does not match the model, or has not the weights that
         its config describes."""
         for found in self._files.values():
             if found.class_name != class_name:
-                raise EngineStartFailed(f"{found.subject} holds a {found.class_name}; this model takes a {class_name}")
+                taken = "none" if class_name is None else f"a {class_name}"
+                raise EngineStartFailed(f"{found.subject} holds a {found.class_name}; this model takes {taken}")
             net = _without_weights(found)
             reason = find_mismatch(net.config)
             if reason is not None:

@@ -1,6 +1,5 @@
 """A VAE of videos, as a VAE of images: of one frame, without the axis of frames."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -62,8 +61,3 @@ class FrameVae:
     def decode(self, latents: torch.Tensor, *, return_dict: bool) -> tuple[torch.Tensor]:
         """Decode latents [number, channels, height, width] to images [number, 3, height, width]."""
         return (self._vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0],)
-
-
-def by_channel(values: Sequence[float]) -> torch.Tensor:
-    """Return a number for each channel of latents [channels, height, width]."""
-    return torch.tensor(values).view(-1, 1, 1)

@@ -63,8 +63,8 @@ class Family(ABC):
     concatenated_layers: ClassVar[tuple[str, ...]] = ()
     # False where the VAE's convolutions are of videos.
     is_vae_of_images: ClassVar[bool] = True
-    # The class in diffusers of its ControlNets.
-    controlnet_class: ClassVar[str]
+    # The class in diffusers of its ControlNets; None where there are none.
+    controlnet_class: ClassVar[str | None]
     # The checkpoint's name for logs and status.
     public_name = ""
 

@@ -15,6 +15,7 @@ from inference.models.base import Family
 from inference.models.families.chroma import Chroma
 from inference.models.families.flux import Flux
 from inference.models.families.flux_2 import Flux2Klein
+from inference.models.families.krea2 import Krea2
 from inference.models.families.qwen_image import QwenImage
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
@@ -29,6 +30,7 @@ AnyFamily = (
     | type[Flux2Klein]
     | type[Chroma]
     | type[QwenImage]
+    | type[Krea2]
 )
 
 FAMILIES: dict[str, AnyFamily] = {
@@ -39,6 +41,7 @@ FAMILIES: dict[str, AnyFamily] = {
     "ChromaPipeline": Chroma,
     "QwenImagePipeline": QwenImage,
     "Flux2KleinPipeline": Flux2Klein,
+    "Krea2Pipeline": Krea2,
 }
 
 

@@ -22,6 +22,7 @@ from tests.support.models.plain_families import alone
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_flux_2 import build_tiny_flux_2
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
 from tests.support.models.tiny_qwen_image import build_tiny_qwen_image
 from tests.support.paths import SIGNATURE
@@ -46,6 +47,7 @@ FAMILIES = {
     "tiny-z-image": Expected(build_tiny_z_image, steps=8, guidance_scale=0.0, rounded=64),
     "tiny-chroma": Expected(build_tiny_chroma, steps=35, guidance_scale=5.0, rounded=64),
     "tiny-qwen-image": Expected(build_tiny_qwen_image, steps=50, guidance_scale=4.0, rounded=64),
+    "tiny-krea-2": Expected(build_tiny_krea2, steps=28, guidance_scale=4.5, rounded=64),
     "tiny-flux": Expected(build_tiny_flux, steps=28, guidance_scale=3.5, rounded=64),
     "tiny-flux-2": Expected(build_tiny_flux_2, steps=50, guidance_scale=4.0, rounded=64, edits=True),
 }

@@ -17,6 +17,7 @@ from inference.lora.names.flux_names import (
     chroma_layer,
     flux_layer,
 )
+from inference.lora.names.krea2_names import KREA2_ROOTS, KREA2_WORDS, krea2_layer
 from inference.lora.names.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -246,6 +247,16 @@ FLUX_2 = KeyNaming(
     layer=lambda _model, layer: flux_2_layer(layer),
     fused=FLUX_2_FUSED,
     swapped=FLUX_2_SWAPPED,
+)
+
+KREA2 = KeyNaming(
+    models=("transformer",),
+    roots=KREA2_ROOTS,
+    words=KREA2_WORDS,
+    layer=lambda _model, layer: krea2_layer(layer),
+    unapplied={
+        "layers of the text encoder": re.compile(r"text_encoder\.(?:(?:model|language_model)\.)*layers\..*", re.DOTALL)
+    },
 )
 
 

@@ -24,7 +24,7 @@ class Chroma(FluxTransformerFamily):
 
     name = "chroma"
     schedulers = FLOW
-    controlnet_class = "ChromaControlNetModel"
+    controlnet_class = None
     default_steps = 35
     default_guidance = 5.0
 

@@ -1,5 +1,7 @@
 """Base of the families with a flow: a transformer over patches of 2x2 latent pixels predicts its velocity."""
 
+from typing import ClassVar
+
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -11,9 +13,11 @@ PATCH = 2
 
 
 class FlowFamily(Family):
-    """FLUX.1, Z-Image and FLUX.2: their pipelines agree in which steps they take, the first two in the VAE too."""
+    """Families whose pipelines agree in which steps they take, and most in the VAE."""
 
     is_hidden_at_full_strength = False
+    # Tokens of an image at the highest shift, where the scheduler's config does not say it.
+    max_image_tokens: ClassVar[int] = 4096
 
     @property
     def base_size(self) -> int:
@@ -40,7 +44,7 @@ class FlowFamily(Family):
         shift: float = calculate_shift(
             self._num_patches(request),
             config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
+            config.get("max_image_seq_len", self.max_image_tokens),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )

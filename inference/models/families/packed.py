@@ -1,4 +1,4 @@
-"""Base of the families with packed latents, and of those with FLUX.1's transformer among them."""
+"""Bases of the families with packed latents, text and image in one sequence, FLUX.1's transformer among them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ NO_IDS = torch.zeros(0, 3)
 
 
 class PackedFamily(FlowFamily):
-    """FLUX.1, Chroma and Qwen-Image. Lanes of one size share a forward, whose rotary positions are all of that size.
+    """Lanes of one size share a forward, whose rotary positions are all of that size.
 
     The sampler's latents are packed: [height, width, channels of a patch].
     """
@@ -32,9 +32,12 @@ class PackedFamily(FlowFamily):
 
     @abstractmethod
     def _predict(
-        self, latents: torch.Tensor, embeddings: Sequence[Embedding], times: torch.Tensor, rows: Sequence[Lane]
+        self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
     ) -> torch.Tensor:
-        """Run the forward of latents [rows, height, width, channels]. Returns [rows, tokens, channels]."""
+        """Call the transformer with latents [rows, height, width, channels] and times [rows], from 0 to 1000.
+
+        Returns its prediction [rows, tokens, channels].
+        """
 
     def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: no ControlNet passes `_controlnet_mismatch`."""
@@ -56,9 +59,9 @@ class PackedFamily(FlowFamily):
         embeddings = [embedding_of(lane, is_negative=i < 2 * num_guided and i % 2 == 0) for i, lane in enumerate(rows)]
         read = {id(lane): sampler_of(lane).model_input() for lane in ordered}
         latents = torch.stack([read[id(lane)] for lane in rows]).to(transformer.dtype)
-        times = self._upload([sampler_of(lane).timestep for lane in rows]).to(transformer.dtype) / TRAIN_TIMESTEPS
+        times = self._upload([sampler_of(lane).timestep for lane in rows])
         self.bank.route([lane.owner.row for lane in rows])
-        predictions = self._predict(latents, embeddings, times, rows)
+        predictions = self._predict(latents, times, rows, embeddings)
         drawn = self._guided(predictions.float().view(latents.shape), ordered[:num_guided])
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
@@ -90,7 +93,7 @@ class PackedFamily(FlowFamily):
 
 
 class FluxTransformerFamily(PackedFamily):
-    """FLUX.1 and Chroma: text and image in one sequence, of tokens of one number for every prompt."""
+    """FLUX.1 and Chroma."""
 
     def __init__(
         self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
@@ -112,21 +115,21 @@ class FluxTransformerFamily(PackedFamily):
         """Return the transformer's further inputs, by diffusers' names; the image has `num_image` tokens."""
 
     def _predict(
-        self, latents: torch.Tensor, embeddings: Sequence[Embedding], times: torch.Tensor, rows: Sequence[Lane]
+        self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
     ) -> torch.Tensor:
-        height, width = latents.shape[1:3]
+        _, height, width, _ = latents.shape
         tokens = torch.stack([embedding.tokens for embedding in embeddings])
         self._positions.set(num_text=tokens.shape[1], height=height, width=width)
-        prediction: torch.Tensor = self._pipeline.transformer(
+        predictions: torch.Tensor = self._pipeline.transformer(
             latents.flatten(1, 2),
             tokens,
-            timestep=times,
+            timestep=times.to(latents.dtype) / TRAIN_TIMESTEPS,
             img_ids=NO_IDS,
             txt_ids=NO_IDS,
             return_dict=False,
             **self._conditions(rows, embeddings, height * width),
         )[0]
-        return prediction
+        return predictions
 
 
 def sort_key(lane: Lane) -> tuple[bool, RowAdapters]:

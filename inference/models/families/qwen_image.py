@@ -8,14 +8,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from inference.errors import RequestFailed
 from inference.lane import Embedding, Lane
-from inference.latents.frame_vae import FrameVae, by_channel
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.names.key_names import QWEN_IMAGE, KeyNaming
 from inference.lora.products.rows import RowAdapters
 from inference.models.attention.qwen_image import GroupedQwenAttnProcessor
 from inference.models.families.packed import PackedFamily
+from inference.models.families.qwen_vae import QwenVaeFamily
 from inference.models.inputs import Prompt
 from inference.request import GenerationRequest
+from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
 
 # Of a prompt and what follows it in the template: the pipeline cuts here.
@@ -24,34 +25,25 @@ MAX_TOKENS = 512
 NO_PROMPT = " "
 
 
-class QwenImage(PackedFamily):
+class QwenImage(QwenVaeFamily, PackedFamily):
     """`QwenImagePipeline` checkpoints. A row's padding is hidden from its own tokens."""
 
     name = "qwen-image"
     schedulers = FLOW
-    controlnet_class = "QwenImageControlNetModel"
+    controlnet_class = None
     options = ("true_cfg_scale",)
     default_steps = 50
     default_guidance = 4.0
-    is_vae_of_images = False
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         super().__init__(pipeline, {"transformer": pipeline.transformer}, device=device, memory=memory)
         processor = GroupedQwenAttnProcessor()
         for block in pipeline.transformer.transformer_blocks:
             block.attn.set_processor(processor)
-        self._frames = FrameVae(pipeline.vae)
-        # On the device from the start: they are used between steps.
-        self._latents_mean = self._uploaded(by_channel(pipeline.vae.config.latents_mean))
-        self._latents_std = self._uploaded(by_channel(pipeline.vae.config.latents_std))
 
     @classmethod
     def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
         return QWEN_IMAGE
-
-    @property
-    def base_size(self) -> int:
-        return int(self._pipeline.default_sample_size * self._pipeline.vae_scale_factor)
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Return the last hidden states behind the template's beginning; adapters do not change the language model."""
@@ -79,7 +71,7 @@ class QwenImage(PackedFamily):
         return request.true_cfg_scale if request.true_cfg_scale > 1 else request.guidance_scale
 
     def _predict(
-        self, latents: torch.Tensor, embeddings: Sequence[Embedding], times: torch.Tensor, rows: Sequence[Lane]
+        self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
     ) -> torch.Tensor:
         lengths = [len(embedding.tokens) for embedding in embeddings]
         mask = None
@@ -90,7 +82,7 @@ class QwenImage(PackedFamily):
             latents.flatten(1, 2),
             pad_sequence([embedding.tokens for embedding in embeddings], batch_first=True),
             mask,
-            times,
+            times.to(latents.dtype) / TRAIN_TIMESTEPS,
             img_shapes=[[(1, height, width)]] * len(rows),
             return_dict=False,
         )[0]
@@ -102,14 +94,3 @@ class QwenImage(PackedFamily):
         lengths = [torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (positive, guided)]
         rescaled: torch.Tensor = guided * (lengths[0] / lengths[1])
         return rescaled
-
-    @property
-    def _vae(self) -> Any:
-        return self._frames
-
-    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        deviation, mean = (one.to(latents) for one in (self._latents_std, self._latents_mean))
-        return latents * deviation + mean
-
-    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents - self._latents_mean) / self._latents_std

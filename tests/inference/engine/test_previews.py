@@ -25,6 +25,7 @@ from tests.support.engine.watched_engine import EngineCall, WatchedEngine, Watch
 from tests.support.images.parity import draw, settings_of
 from tests.support.long import long_but
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import (
     BETAS,
     build_tiny_sd,
@@ -103,15 +104,21 @@ def with_means(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "build",
-    [build_tiny_sd, lambda folder: with_means(build_tiny_sdxl(folder)), build_tiny_z_image, build_tiny_flux],
-    ids=["sd", "sdxl", "z-image", "flux"],
+    [
+        build_tiny_sd,
+        lambda folder: with_means(build_tiny_sdxl(folder)),
+        build_tiny_z_image,
+        build_tiny_flux,
+        build_tiny_krea2,
+    ],
+    ids=["sd", "sdxl", "z-image", "flux", "krea-2"],
 )
 def test_each_family_s_projection_reads_latents_in_the_sampler_s_scale(
     build: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     family = load_family(settings_of(build(tmp_path / "model")), device=CPU, dtype=torch.float32)
-    vae = family._pipeline.vae
-    shape = (1, vae.config.latent_channels, 8, 8)
+    vae = family._vae
+    shape = (1, family._latent_shape(request_of(width=64, height=64))[0], 8, 8)
     sampled = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     with torch.inference_mode():

@@ -470,6 +470,7 @@ STRANGERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "blocks without numbers": ("lora_unet_output_blocks_x{}_proj_in", FAMILIES),
     "blocks where SDXL has none": ("lora_unet_time_embed_input_blocks_x{}", FAMILIES),
     "Flux": ("lora_unet_double_blocks_{}_img_attn_proj", FAMILIES),
+    "Krea 2": ("lora_unet_blocks_{}_attn_wq", FAMILIES),
     "SD 3's third text encoder": ("lora_te3_encoder_block_{}_layer_0_SelfAttention_q", FAMILIES),
 }
 

@@ -28,6 +28,7 @@ from tests.support.models.tiny_adapters import ATTENTION, write_adapter
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_flux_2 import build_tiny_flux_2
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
@@ -58,11 +59,12 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
     "flux_2": build_tiny_flux_2,
+    "krea2": build_tiny_krea2,
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
 # widths; those of the image alone have no mask in the warm-up of the tiny model. FLUX.1's have two kinds and no mask; a
 # single block's input is laid out otherwise behind another one. FLUX.2's is laid out the same.
-NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6, "flux_2": 4}
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6, "flux_2": 4, "krea2": 2}
 
 
 def adapters_of(checkpoint: Path) -> list[AdapterFile]:

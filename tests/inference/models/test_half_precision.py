@@ -17,6 +17,7 @@ from tests.support.models.plain_families import drawn_by, embeddings_by_compel
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_flux_2 import build_tiny_flux_2
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import (
     build_tiny_sd,
     build_tiny_sdxl,
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
     "flux_2": build_tiny_flux_2,
+    "krea2": build_tiny_krea2,
 }
 
 

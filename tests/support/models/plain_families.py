@@ -49,6 +49,7 @@ DEFAULTS = {
     "ChromaPipeline": "euler",
     "QwenImagePipeline": "euler",
     "Flux2KleinPipeline": "euler",
+    "Krea2Pipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
@@ -58,6 +59,7 @@ FLOW_PIPELINES = (
     diffusers.ChromaPipeline,
     diffusers.QwenImagePipeline,
     diffusers.Flux2KleinPipeline,
+    diffusers.Krea2Pipeline,
 )
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
@@ -138,7 +140,7 @@ def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     if hasattr(pipe, "text_encoder_2"):
         max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
         return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
-    if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel):
+    if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel | diffusers.Krea2Transformer2DModel):
         return {}
     if isinstance(pipe.transformer, diffusers.QwenImageTransformer2DModel):
         return {
@@ -172,10 +174,11 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
     if isinstance(pipe, diffusers.Flux2KleinPipeline):
         channels, (height, width) = pipe.transformer.config.in_channels, (request.height // 16, request.width // 16)
         return torch.randn((1, channels, height, width), generator=generator)
-    channels = pipe.vae.config.latent_channels
+    is_krea2 = isinstance(pipe, diffusers.Krea2Pipeline)
+    channels = pipe.vae.config.z_dim if is_krea2 else pipe.vae.config.latent_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)
-    if isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline):
+    if is_krea2 or isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline):
         return pipe._pack_latents(noise, 1, channels, height, width)  # type: ignore[no-any-return]
     return noise if isinstance(pipe, diffusers.ZImagePipeline) else noise.to(pipe.dtype)
 
