@@ -69,8 +69,8 @@ class Krea2(QwenVaeFamily, PackedFamily):
         suffix = pipeline.tokenizer(pipeline.prompt_template_encode_suffix).input_ids
         texts_read = [torch.tensor([*ids, *suffix]) for ids in begun]
         ids = torch.nn.utils.rnn.pad_sequence(texts_read, batch_first=True)
-        # No mask: a token attends to those before it, and padding comes after all of a text's own.
-        # Of three axes, as the pipeline has them: of places that it counts itself transformers would ask the device.
+        # No mask: a token attends to those before it, and padding comes after all of a text's own. With places of fewer
+        # axes transformers would synchronise with the device to see whether they begin anew.
         places = torch.arange(ids.shape[1]).expand(3, *ids.shape)
         states = pipeline.text_encoder(
             input_ids=self._uploaded(ids),
