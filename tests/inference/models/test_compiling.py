@@ -63,8 +63,8 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
 # widths; those of the image alone have no mask in the warm-up of the tiny model. FLUX.1's have two kinds and no mask; a
-# single block's input is laid out otherwise behind another one. FLUX.2's is laid out the same.
-NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6, "flux_2": 4, "krea2": 2}
+# single block's input is laid out otherwise behind another one. FLUX.2's is laid out the same, and Chroma's has a mask.
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 4, "flux_2": 4, "krea2": 2}
 
 
 def adapters_of(checkpoint: Path) -> list[AdapterFile]:
