@@ -73,8 +73,9 @@ class GenerationRequest:
     """The images of one job: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
     `guidance_rescale` (0: none) is of the families with a UNet, `cfg_normalization` (0: none) and `cfg_truncation` are
-    Z-Image's, `true_cfg_scale` (1: none) is FLUX.1's, as in their pipelines. `arrived_at` (`time.monotonic()`) is the
-    job's arrival: the oldest gets the first free lane. `model` is one of the settings' `model_names`.
+    Z-Image's, `true_cfg_scale` (1: none) is FLUX.1's and Qwen-Image's, as in their pipelines. `arrived_at`
+    (`time.monotonic()`) is the job's arrival: the oldest gets the first free lane. `model` is one of the settings'
+    `model_names`.
     """
 
     request_id: str
@@ -93,7 +94,7 @@ class GenerationRequest:
     guidance_rescale: float = 0.0
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
-    true_cfg_scale: float = 1.0
+    true_cfg_scale: float | None = None
     arrived_at: float = 0.0
     model: str = DEFAULT_MODEL
 

@@ -27,7 +27,7 @@ OPTIONS = {
 def check_options(request: GenerationRequest, supported: Collection[str], family: str) -> None:
     """Raise `RequestFailed` where the request sets one of `OPTIONS` that its family does not support."""
     for name, option in OPTIONS.items():
-        if name not in supported and getattr(request, name) != option.unset:
+        if name not in supported and getattr(request, name) not in {None, option.unset}:
             raise RequestFailed("INVALID_INPUT", f"{name} belongs to {option.families}; this worker runs {family}")
 
 

@@ -146,7 +146,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         model=model,
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
-        true_cfg_scale=_first(parameters.true_cfg_scale, 1.0),
+        true_cfg_scale=parameters.true_cfg_scale,
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,
         signature_ref=located("signature_path", wire.signature_path, rules, reject),
         artist_name=(wire.artist_name or "").strip() or None,

@@ -114,7 +114,7 @@ class Job:
     guidance_scale: float | None
     cfg_normalization: float
     cfg_truncation: float
-    true_cfg_scale: float
+    true_cfg_scale: float | None
     scheduler: str | None
     signature_ref: ObjectRef | None
     artist_name: str | None

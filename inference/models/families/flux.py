@@ -50,7 +50,7 @@ class Flux(FluxTransformerFamily):
 
     def _guidance_of(self, request: GenerationRequest) -> float:
         # As in its pipelines. The other guidance is a number that the transformer reads.
-        return request.true_cfg_scale if request.negative_prompt else 1.0
+        return (request.true_cfg_scale or 1.0) if request.negative_prompt else 1.0
 
     def _conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding], num_image: int) -> dict[str, Any]:
         pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]

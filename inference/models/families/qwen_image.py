@@ -68,7 +68,7 @@ class QwenImage(QwenVaeFamily, PackedFamily):
 
     def _guidance_of(self, request: GenerationRequest) -> float:
         # The other guidance of its pipeline, which has that name too, no published checkpoint reads.
-        return request.true_cfg_scale if request.true_cfg_scale > 1 else request.guidance_scale
+        return request.guidance_scale if request.true_cfg_scale is None else request.true_cfg_scale
 
     def _predict(
         self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]

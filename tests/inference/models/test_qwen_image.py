@@ -212,6 +212,15 @@ def test_the_scale_of_its_pipeline_takes_the_place_of_guidance_where_a_job_names
     assert psnr(by_guidance, by_true_cfg) >= SAME_DB
 
 
+def test_a_scale_of_one_takes_one_pass_whatever_the_guidance_is(models: Models) -> None:
+    """As LoRAs of few steps are drawn, whose jobs leave the worker's guidance as it is."""
+    engine, request = models.engine("qwen"), tiny_request(guidance_scale=4.0, true_cfg_scale=1.0)
+    engine.model.batches.clear()
+
+    assert_equal(models, request)
+    assert {lane.num_rows for lanes in engine.model.batches for lane in lanes} == {1}
+
+
 def test_a_vae_of_the_operator_s_own_is_refused_at_the_start(models: Models) -> None:
     with pytest.raises(EngineStartFailed, match="takes no VAE for a QwenImagePipeline: unset it"):
         WatchedEngine(models.checkpoint("qwen"), VAE_ID="owner/vae")

@@ -139,13 +139,13 @@ def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
         return {}
     if hasattr(pipe, "text_encoder_2"):
         max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
-        return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
+        return {"true_cfg_scale": request.true_cfg_scale or 1.0, "max_sequence_length": max_tokens}
     if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel | diffusers.Krea2Transformer2DModel):
         return {}
     if isinstance(pipe.transformer, diffusers.QwenImageTransformer2DModel):
         return {
             "guidance_scale": None,
-            "true_cfg_scale": max(request.true_cfg_scale, request.guidance_scale),
+            "true_cfg_scale": request.guidance_scale if request.true_cfg_scale is None else request.true_cfg_scale,
             "negative_prompt": request.negative_prompt or " ",
         }
     return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}

@@ -40,7 +40,7 @@ def job(*, task_id: str = TASK, generation_id: int = 7, created_at: float | None
         guidance_scale=3.0,
         cfg_normalization=0.0,
         cfg_truncation=1.0,
-        true_cfg_scale=1.0,
+        true_cfg_scale=None,
         scheduler=None,
         signature_ref=None,
         artist_name=None,
