@@ -212,7 +212,7 @@ def test_an_engine_without_a_process_of_its_own_is_given_its_gpu_too(
         monkeypatch.setenv(name, value)
     console = Console(file=StringIO())
 
-    assert not worker.cli.generate.draw({"prompt": "a fox"}, tmp_path / "fox.png", model_id=str(tiny), console=console)
+    assert not worker.cli.generate.draw({"prompt": "a fox"}, tmp_path / "fox.png", model=str(tiny), console=console)
 
     assert console.file.getvalue().startswith("Not drawn: DEVICE is 'cuda:1'")  # type: ignore[attr-defined]
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("5", "PCI_BUS_ID")

@@ -103,7 +103,7 @@ def test_a_job_joins_those_that_are_running_and_ends_before_them_and_one_is_canc
     assert world.backend.ends(other) == []
     assert world.wait_for_end(other).kind == "complete"
     world.wait_until_clean()
-    assert worker.metric("darkroom_lanes") == 0
+    eventually(lambda: worker.metric("darkroom_lanes") == 0)
     assert len(world.backend.ends(cancelled)) == 1
     assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before < 2 * LONG + 4
 
